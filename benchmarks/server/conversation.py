@@ -5,8 +5,8 @@
 
 All turns of a conversation have messages of one length, a few words or a few sentences, over `/v1/responses` with
 `previous_response_id`. The last one is asked for twice, from the same turn before: in the server in which the others
-were, and after a restart of it. Its texts have to be the same. A turn should compute its own tokens, and no earlier
-ones but the last that was drawn, which had not been read.
+were, and after a restart of it, once that has read in advance the states that were used last. Its texts have to be the
+same. A turn should compute its own tokens, and no earlier ones but the last that was drawn, which had not been read.
 
 First turns and last ones take turns, before a restart and after it, and each waits until the states of those before it
 are written. What is quoted is the ratio of a last turn's time to the first token to that of the first turn beside it.
@@ -19,6 +19,7 @@ import argparse
 import asyncio
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,6 +36,8 @@ ROOM = 64 * 2**30  # bytes: no state has to go
 LOOK_SECONDS = 0.05  # between two looks whether states are written
 SETTLE_SECONDS = 0.3  # after that, for what else a turn has left to do
 WRITE_SECONDS = 300.0  # in which a state is written
+READ_IN_ADVANCE = "were read in advance"  # the server says so once of all states that there is room for
+READ_SECONDS = 60.0  # in which they are
 WARM = 10_000  # the number of the first conversation that nothing is measured of
 NEW = 1_000  # of those of which there is a first turn, and no more
 MORE = " Say what you see, what you hear, and what you would do if you were there."
@@ -133,13 +136,24 @@ def play(
             after[number] = await speaker.go_on(number, whole[number])
 
     with tempfile.TemporaryDirectory() as folder:
-        options = f"store.path={folder}", f"store.max_bytes={ROOM}"
+        options = f"store.path={folder}/store", f"store.max_bytes={ROOM}"
+        log = Path(folder, "log")
         with served(*options) as server:
             uvloop.run(before_restart(server))
         for restart in range(restarts):
-            with served(*options) as server:
+            with served(*options, log=log) as server:
+                wait_until_read(log)
                 uvloop.run(after_restart(server, range(restart, rounds, restarts)))
     return whole, [after[number] for number in range(rounds)]
+
+
+def wait_until_read(log: Path) -> None:
+    """Returns once a server has read all states in advance that there is room for."""
+    end = time.monotonic() + READ_SECONDS
+    while READ_IN_ADVANCE not in log.read_text():
+        if time.monotonic() > end:
+            raise RuntimeError(f"no state was read in advance: {log.read_text()}")
+        time.sleep(LOOK_SECONDS)
 
 
 def summary(whole: Sequence[Sequence[Turn]], after: Sequence[tuple[Turn, Turn]]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 from collections.abc import AsyncIterator, Sequence as Many
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from bdh_batch.backends.local import LocalBackend
 from bdh_batch.checkpoint.checkpoint import fingerprint, load_model
 from bdh_batch.engine.loading import state_layout
 from bdh_batch.engine.runner import Runner
+from bdh_batch.engine.state_files import Interrupted, read_state
 from bdh_batch.engine.state_io import StateIO
 from bdh_batch.engine.state_pool import StatePool
 from bdh_batch.engine.worker import Worker
@@ -27,6 +29,7 @@ from bdh_batch.messages import Delta, FinishReason, GenerationRequest, Origin, P
 from bdh_batch.scheduler.copies import CopyLimits
 from bdh_batch.scheduler.invariants import check_invariants
 from bdh_batch.scheduler.policy import Policy
+from bdh_batch.scheduler.prefixes import pack
 from bdh_batch.scheduler.scheduler import Scheduler
 from bdh_batch.text.tokenizer import ByteTokenizer
 from tests.model.test_state_files import full_disk as full_disk
@@ -297,3 +300,35 @@ async def test_an_engine_that_ends_says_what_was_not_saved(tmp_path: Path) -> No
     assert gained[-1].ends == 2
     assert gained[-1].save_error
     generation.abort()
+
+
+async def test_a_request_waits_for_no_state_that_is_read_in_advance(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = start()
+    begun, saved = await save(first, request(TEXT, 25), tmp_path / "state")
+    first.worker.close()
+    engine = start(slots=8, transfers=2)
+    asked, goes_on = threading.Event(), threading.Event()
+    stopped = list[bool]()
+
+    def slow_once(*given: Any) -> None:
+        if not stopped:
+            asked.set()
+            assert goes_on.wait(300)
+            stopped.append(True)
+            raise Interrupted
+        read_state(*given)
+
+    monkeypatch.setattr("bdh_batch.engine.state_io.read_state", slow_once)
+    known = [*TEXT, *begun]
+    warming = asyncio.create_task(engine.backend.warm(saved, pack(known[: saved.tokens]), "", ""))
+    await asyncio.to_thread(asked.wait)
+    assert await said(engine, request(b"another one", 20))
+    goes_on.set()
+    async with asyncio.timeout(300):
+        assert await warming == "cached"  # in the end, by another read
+    _, cached = await deltas_of(engine, request(known, 5, state=SavedState("not there", saved.tokens)))
+    assert cached == [saved.tokens]
+    await rest(engine)
+    engine.worker.close()

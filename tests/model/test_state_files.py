@@ -21,7 +21,7 @@ from safetensors.numpy import load_file
 
 from bdh_batch.engine import state_files
 from bdh_batch.engine.filling import CutOff, filled
-from bdh_batch.engine.state_files import BadState, read_state, write_state
+from bdh_batch.engine.state_files import BadState, Interrupted, read_state, write_state
 from bdh_batch.messages import StateLayout
 from bdh_batch.scheduler.prefixes import pack
 from bdh_batch.system.finite import is_finite
@@ -260,6 +260,15 @@ def test_a_file_that_is_cut_off_while_it_is_read_is_read_no_further(tmp_path: Pa
     with (tmp_path / "state").open("rb") as file, pytest.raises(CutOff):
         read.extend(map(bytes, filled(file.fileno(), pieces, 5, threads)))
     assert read == [bytes(range(5, 45)), bytes(range(45, 85))]
+
+
+def test_a_state_that_is_not_wanted_any_more_is_read_no_further(tmp_path: Path) -> None:
+    write_state(tmp_path / "state", LAYOUT, TOKENS, memoryview(numbers(LAYOUT)))
+    goes_on = iter([False])  # it is asked once
+    with pytest.raises(Interrupted):
+        read_state(
+            tmp_path / "state", LAYOUT, TOKENS, memoryview(bytearray(LAYOUT.size)), goes_on=lambda: next(goes_on)
+        )
 
 
 KILLED = """
