@@ -29,6 +29,7 @@ ADOPT_SECONDS = 5.0  # that a turn waits for the state of the one before it
 ON_ITS_WAY_SECONDS = 5.0  # after the end of a response, in which its state is looked for where another process saves it
 LOOK_SECONDS, FIRST_LOOK = 2.0, 0.02  # for which a turn looks for it; until the first look, and twice that each time
 CLOSE_SECONDS = 2.0  # that the end of the server waits for states
+TOKENS_TO_JSON = 16  # bytes of tokens take no longer than one of JSON
 MOST_REFERRED = 1024  # responses whose items one request may refer to
 Item = Mapping[str, Any]
 
@@ -52,7 +53,7 @@ class Stored:
             cached. None is unknown: an earlier version has stored it.
         saver: the process that writes it (`Store.process`).
         kept: the id of its state's file; None where it has none.
-        size: bytes of its record.
+        size: how much there was to be read of its record, in bytes of JSON.
     """
 
     response: dict[str, Any]
@@ -105,7 +106,7 @@ class Stored:
         """Raises RecordDamaged."""
         with reading(record):
             tokens = array("i", record.tokens)
-            return cls(**orjson.loads(record.body), tokens=tokens, kept=record.state, size=_bytes(record))
+            return cls(**orjson.loads(record.body), tokens=tokens, kept=record.state, size=_work(record))
 
 
 def _without_logprobs(item: Item) -> Item:
@@ -141,7 +142,7 @@ class Conversations:
             previous = param == "previous_response_id"
             what, code = ("Previous response", "previous_response_not_found") if previous else ("Response", "not_found")
             raise NotFound(f"{what} with id {id[:128]!r} not found.", param, code)
-        return await aside.run(_bytes(record), Stored.of, record)
+        return await aside.run(_work(record), Stored.of, record)
 
     async def resolved(self, items: Sequence[dict[str, Any]], owner: str, aside: Aside) -> tuple[list[Item], int]:
         """The items, with those that are referred to by their ids, and about how many bytes these have.
@@ -160,7 +161,7 @@ class Conversations:
         known: dict[str, Item] = {}
         for id, ids in wanted.items():
             if (record := await self.store.get(KIND, id, owner)) is not None:
-                known |= await aside.run(_bytes(record), _items_of, record, ids)
+                known |= await aside.run(_work(record), _items_of, record, ids)
         weights = {id: weight([item]) for id, item in known.items()}
         found: list[Item] = []
         total = 0
@@ -273,8 +274,9 @@ def _close_file(task: asyncio.Task[StateFile | None]) -> None:
         file.close()
 
 
-def _bytes(record: Record) -> int:
-    return len(record.body) + len(record.tokens)
+def _work(record: Record) -> int:
+    """How much there is to be read of a record, in bytes of JSON: tokens are only copied."""
+    return len(record.body) + len(record.tokens) // TOKENS_TO_JSON
 
 
 def _response_of(item: str) -> str:
