@@ -169,8 +169,10 @@ class Service:
                 await self._accept(server, listeners)
             self._on_ready(url_of(listeners, self._settings.server), self._name)
             warming = asyncio.create_task(warm(self._serving))
-            await stopped
-            warming.cancel()
+            try:
+                await stopped
+            finally:
+                warming.cancel()
             self._gate.drain()
             self._serving.feed.close()
             if self._grpc is not None:
