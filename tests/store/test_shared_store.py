@@ -42,6 +42,7 @@ from tests.store.test_store import (  # noqa: F401 - they hold here, too
     test_records_share_a_state_which_goes_with_the_last_one,
     test_room_is_made_by_who_has_most,
     test_states_go_before_records_and_the_least_recently_used_first,
+    test_the_latest_are_those_whose_states_were_used_last_and_to_peek_is_no_use,
     test_two_servers_share_a_store,
     test_what_has_expired_is_not_found_and_its_file_goes,
     test_what_was_deleted_is_not_updated,

@@ -103,6 +103,31 @@ async def test_what_was_put_is_there_after_a_restart(settings: Settings, key: st
         assert await content(store, found) == state
 
 
+async def test_the_latest_are_those_whose_states_were_used_last_and_to_peek_is_no_use(settings: Settings) -> None:
+    clock = Clock()
+    async with opened(settings, clock) as store:
+        for id, fields in {
+            "first": {},
+            "parent": {},
+            "child": {"parent": "parent"},
+            "expired": {"expires": 2000.0},
+            "other": {"owner": "you"},
+            "of another kind": {"kind": "state"},
+        }.items():
+            await with_state(store, record(id, **fields), b"state")
+        await store.put(record("without a state"))
+        clock.now = 2000.0
+        assert await store.get("response", "first", "me") is not None
+        assert await store.peek("response", "child", "you") is None
+        assert await store.peek("response", "child", "me") == await store.get("response", "child", "me")
+        assert await store.get("response", "other", "you") is not None
+        assert await store.peek("response", "first", "me") is not None
+        await store.put(record("another one"))  # what was used is noted with the next write
+        expected = [("other", "you"), ("child", "me"), ("first", "me")]
+        assert await store.latest("response", 10) == expected
+        assert await store.latest("response", 2) == expected[:2]
+
+
 async def test_nobody_else_finds_changes_or_deletes_a_record(settings: Settings) -> None:
     async with opened(settings) as store:
         await store.put(record("a", body=b"1"))
