@@ -106,14 +106,15 @@ async def test_what_was_put_is_there_after_a_restart(settings: Settings, key: st
 async def test_the_latest_are_those_whose_states_were_used_last_and_to_peek_is_no_use(settings: Settings) -> None:
     clock = Clock()
     async with opened(settings, clock) as store:
-        for id, fields in {
+        kept: dict[str, dict[str, Any]] = {
             "first": {},
             "parent": {},
             "child": {"parent": "parent"},
             "expired": {"expires": 2000.0},
             "other": {"owner": "you"},
             "of another kind": {"kind": "state"},
-        }.items():
+        }
+        for id, fields in kept.items():
             await with_state(store, record(id, **fields), b"state")
         await store.put(record("without a state"))
         clock.now = 2000.0
