@@ -276,7 +276,8 @@ class Worker:
     def _step(self) -> None:
         """Plans and computes a step. Counts before it publishes: a client that has seen an end finds the slot free."""
         updates = [update for message in self._take_inbox() for update in message()]
-        now = time.monotonic()
+        while (until := self._scheduler.anticipation.until(now := time.monotonic())) > now and not self._stopping:
+            updates += [update for message in self._take_inbox(until - now) for update in message()]
         updates += self._scheduler.expire(now)
         step = self._scheduler.plan(now)
         if step is None:
@@ -297,9 +298,9 @@ class Worker:
                 if not (self._inbox or self._stopping):
                     self._inbox_changed.wait(STUCK_SECONDS)
 
-    def _take_inbox(self) -> list[Message]:
+    def _take_inbox(self, pause: float = 0.0) -> list[Message]:
         """The messages that have come; waits for one when there is nothing else to do, or until memory has been idle
-        for so long that it goes back to the system."""
+        for so long that it goes back to the system; else for `pause` seconds at most."""
         while not (self._inbox or self._stopping or self._scheduler.has_work) and self._prepare(True):
             self._progress = time.monotonic()
         if not (self._inbox or self._scheduler.has_work):
@@ -311,6 +312,8 @@ class Worker:
                 if not self._inbox_changed.wait(None if due is None else max(0.0, due - time.monotonic())):
                     break
                 self._progress = time.monotonic()
+            if pause and not (self._inbox or self._stopping):
+                self._inbox_changed.wait(pause)
             messages, self._inbox = self._inbox, []
         return messages
 

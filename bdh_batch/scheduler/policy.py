@@ -14,6 +14,7 @@ from bdh_batch.scheduler.copies import WHOLE, CopyLimits
 class Guards:
     """Bounds what the rank alone would do. `docs/scheduling.md` says which figure fails without each of them."""
 
+    awaits: float = 0.4  # of what a step took, for which the next waits for a tenant that would go first
     alternate: bool = True  # streams that a step with prompts left out go first in the next
     finished: float = 2.0  # times a step's time, for a prompt that goes before streams and is finished by it
     least_share: float = 0.25  # of the time of a step without prompts, that prompts get after the streams before them

@@ -14,12 +14,13 @@ from math import inf
 
 from bdh_batch.errors import BDHError, GenerationFailed
 from bdh_batch.messages import Delta, Outcome
+from bdh_batch.scheduler.anticipation import Anticipation
 from bdh_batch.scheduler.batch import BatchBuilder, Step
 from bdh_batch.scheduler.deadlines import Deadlines
 from bdh_batch.scheduler.file_states import FileStates
 from bdh_batch.scheduler.policy import Counts, Policy
 from bdh_batch.scheduler.preemption import Preemption
-from bdh_batch.scheduler.rank import rank
+from bdh_batch.scheduler.rank import rank, tenant_rank
 from bdh_batch.scheduler.sequence import WAITING, QueueKey, Sequence, Stage
 from bdh_batch.scheduler.sharing import Sharing
 from bdh_batch.scheduler.slot_allocator import SlotAllocator
@@ -56,6 +57,7 @@ class Scheduler:
         self.transfers = self.allocator.transfers
         self.sharing = Sharing(self.allocator, policy.cache_prefixes, policy.share_all, policy.min_shared)
         self.files = FileStates(self.allocator, self.sharing)
+        self.anticipation = Anticipation(policy.guards.awaits)
         self._tenants = Tenants(policy.weights)
         self._deadlines = Deadlines()
         self.stages = Stages(self.allocator, self.sharing, self.counts, policy.queue_unit)
@@ -87,6 +89,7 @@ class Scheduler:
             alone = len(sequence.prompt) * (self._batches.cost.prompt_token or PROMPT_TOKEN)
             standing.due = arrived + min(OVERDUE * alone, self.policy.patience)
             self.stages.move(sequence, Stage.QUEUED)
+            self.anticipation.arrived(sequence.tenant, arrived)
             self._deadlines.add(sequence)
             self.files.submitted(sequence)
 
@@ -149,16 +152,19 @@ class Scheduler:
 
     def commit(self, step: Step, outcome: Outcome, now: float) -> list[Update]:
         """Commits the outcome of a step: returns its sequences' deltas, and frees the slots of those that ended."""
-        updates: list[Update] = []
+        ended: list[Update] = []
+        others: list[Update] = []
         for row, (sequence, segment) in enumerate(zip(step.sequences, step.plan.segments, strict=True)):
             delta = sequence.take(segment, outcome, row, now)
             if delta is not None:
-                updates.append((sequence, delta))
+                (others if delta.finish_reason is None else ended).append((sequence, delta))
         self._batches.computed(step, now - step.planned)
-        ended = [update for update in updates if update[1].finish_reason is not None]
         self.files.save(ended)
         self._end(sequence for sequence, _ in ended)
-        return updates
+        for sequence in {each.tenant: each for each, _ in ended}.values():
+            if not (sequence.standing.account.waiting or sequence.standing.account.slots):
+                self.anticipation.left(sequence.tenant, self._would_be_first(sequence), now - step.planned, now)
+        return ended + others
 
     def loaded(self, load: Load, error: str | None) -> list[Update]:
         """A state is in its slot, or could not be read because of `error`: who waited for it is queued again."""
@@ -248,6 +254,11 @@ class Scheduler:
         self.stages.move(sequence, Stage.QUEUED if by_recompute else Stage.SWAPPED)
 
     # Which sequences have ended
+
+    def _would_be_first(self, ended: Sequence) -> bool:
+        """Whether some run, and one more like `ended` would go before all of them."""
+        heads, own = self.running.heads(), tenant_rank(ended, self._first)
+        return bool(heads) and all(own <= tenant_rank(head, self._first) for head in heads)
 
     def _end(self, ended: Iterable[Sequence]) -> None:
         """Takes out those that have ended; the state of a complete response may stay as a prefix for others."""

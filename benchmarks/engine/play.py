@@ -104,6 +104,7 @@ class Play:
     def run(self, until: Callable[[], bool] = lambda: False) -> None:
         while (self._arrivals or self.scheduler.has_work) and not until():
             self._admit()
+            self._anticipate()
             step = self.scheduler.plan(self.now)
             if step is None:
                 self.now = max(self.now, self._arrivals[0][0])
@@ -115,6 +116,13 @@ class Play:
             drawn = Outcome([1 if segment.sampling else None for segment in step.plan.segments])
             for sequence, delta in self.scheduler.commit(step, drawn, self.now):
                 self._take(sequence, delta)
+
+    def _anticipate(self) -> None:
+        """Lets time pass, as the worker does, while the scheduler waits for a tenant."""
+        anticipation = getattr(self.scheduler, "anticipation", None)  # other checkouts may have none
+        while anticipation is not None and (until := anticipation.until(self.now)) > self.now:
+            self.now = min(until, self._arrivals[0][0]) if self._arrivals else until
+            self._admit()
 
     def _admit(self) -> None:
         taken = 0

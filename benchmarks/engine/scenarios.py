@@ -187,6 +187,7 @@ SCENARIOS: Mapping[str, Callable[..., dict[str, object]]] = {
     "prompts beside 60 tenants with a stream": partial(many_tenants, 60),
 }
 GUARDED: Mapping[str, Many[str]] = {  # the guards of `policy.Guards`, and the scenarios that are worse without
+    "awaits": ["lone tenant beside 300"],
     "alternate": ["prompts on end, of weight 8, beside 32 streams"],
     "finished": ["lone tenant beside 300"],
     "least_share": ["1,024 tokens beside 256 streams", "two floods, a GPU"],
@@ -197,6 +198,7 @@ GUARDED: Mapping[str, Many[str]] = {  # the guards of `policy.Guards`, and the s
     "later_apart": ["an earlier priority, 32 slots and 96 on the host"],
 }
 UNGUARDED: Mapping[str, Any] = {
+    "awaits": 0.0,
     "alternate": False,
     "finished": 0.0,
     "least_share": 0.0,

@@ -38,7 +38,9 @@ def test_every_guard_is_told_with_its_scenario() -> None:
         assert all(scenario in SCENARIOS and scenario in page for scenario in scenarios)
 
 
-@pytest.mark.parametrize(("guard", "figures"), [("alternate", ["gap_s", "p99"]), ("little", ["seconds"])])
+@pytest.mark.parametrize(
+    ("guard", "figures"), [("awaits", ["ratio"]), ("alternate", ["gap_s", "p99"]), ("little", ["seconds"])]
+)
 def test_a_figure_is_worse_without_its_guard(guard: str, figures: list[str]) -> None:
     """The quick ones; `benchmarks.engine.simulate --without` plays all."""
     scenario = GUARDED[guard][0]

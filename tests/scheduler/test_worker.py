@@ -277,3 +277,42 @@ async def test_memory_that_is_idle_goes_back_though_nothing_is_asked_for() -> No
     assert observer.steps == steps, "nothing was computed for it"
     assert await ask(3) == first
     worker.close()
+
+
+class Held:
+    """In the place of `Anticipation`: the next plan waits for a tenant, however long it takes."""
+
+    awaited: str | None = None
+
+    def until(self, now: float) -> float:
+        return now if self.awaited is None else now + 600.0
+
+    def left(self, tenant: str, goes_first: bool, seconds: float, now: float) -> None:
+        pass
+
+    def arrived(self, tenant: str, now: float) -> None:
+        if tenant == self.awaited:
+            self.awaited = None
+
+
+async def test_a_plan_waits_for_a_tenant_and_takes_in_what_comes_meanwhile(gated: tuple[Worker, GatedRunner]) -> None:
+    worker, runner = gated
+    worker._scheduler.anticipation = held = Held()  # type: ignore[assignment]
+    others = [make_sequence([1], 100, tenant="flood") for _ in range(2)]
+    worker.submit(others)
+    await asyncio.to_thread(runner.entered.acquire)
+    held.awaited = "lone"
+    runner.may_run.release()
+    await until(lambda: len(others[0].generated) == 1)
+    worker.abort(others[:1])  # is taken in, but ends no wait
+    await until(lambda: others[0].finish_reason is FinishReason.ABORT)
+    assert not runner.entered.acquire(blocking=False), "no step has begun"
+    lone = make_sequence([2], 1, tenant="lone")
+    worker.submit([lone])
+    await asyncio.to_thread(runner.entered.acquire)
+    held.awaited = "lone"
+    runner.may_run.release()
+    await until(lambda: lone.finish_reason is FinishReason.LENGTH)
+    assert len(others[1].generated) == 2, "it was in the step that followed"
+    worker.close()  # at once, though a plan waits
+    await until(lambda: others[1].finish_reason is not None)
