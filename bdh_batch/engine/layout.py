@@ -5,13 +5,15 @@ takes longer than packing them."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, count
 from typing import NamedTuple
 
 from bdh_batch.engine.sampling.choosing import Chooser
 from bdh_batch.engine.sampling.host_sampler import PackedParameters
 from bdh_batch.engine.state_pool import StatePool
 from bdh_batch.messages import Plan, Segment
+
+NUMBERS = count(1)  # of kept layouts; those of several runners may be computed by the same kernels
 
 
 class Layout(NamedTuple):
@@ -21,6 +23,7 @@ class Layout(NamedTuple):
     rows: list[int]  # of the state pool
     draws: list[bool]
     packed: PackedParameters | None = None  # where sampling parameters are all that a step of single tokens needs
+    steady: int = 0  # the number of a layout that is kept
 
 
 def layout_of(segments: Sequence[Segment], pool: StatePool) -> Layout:
@@ -51,7 +54,7 @@ class Layouts:
         layout = layout_of(plan.segments, self._pool)
         self._steady, self._kept = plan.steady, None
         if plan.steady:
-            self._kept = layout = layout._replace(packed=self._packed(plan.segments))
+            self._kept = layout = layout._replace(packed=self._packed(plan.segments), steady=next(NUMBERS))
         return layout
 
     def _packed(self, segments: Sequence[Segment]) -> PackedParameters | None:

@@ -249,6 +249,7 @@ class Runner:
             frozen=frozen,
             sources=[self._pool.row(source) for source in sources],
             watched=watching,
+            steady=0 if begun else layout.steady,
         )
         hidden = self._kernels.forward(self._pool.rows, batch, active, fired)
         self._keep(segments, hidden)

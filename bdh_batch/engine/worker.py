@@ -1,7 +1,6 @@
 """The engine's thread: takes the inbox, plans, runs, commits, publishes; step after step.
 
-Only this thread changes the scheduler and the state. Others hand it messages, and it hands deltas to the event loop
-with one wake-up a step.
+Only this thread changes the scheduler and the state. Others hand it messages, and it hands deltas to the event loop.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from functools import partial
 from typing import Protocol
 
 from bdh_batch.engine.admission import Admission
+from bdh_batch.engine.hand_over import HandOver
 from bdh_batch.engine.state_traffic import StateIO, StateTraffic
 from bdh_batch.engine.steps import Record, StepRecordings, describe
 from bdh_batch.engine.trace import Trace
@@ -129,7 +129,7 @@ class Worker:
         self._planned: Step | None = None  # the step that is being computed, or was last
         self._failures = 0  # on end
         self._stall_logged = False
-        self._loop = asyncio.get_running_loop()
+        self._outbox = HandOver(asyncio.get_running_loop())
         self._thread = start_daemon(self._main, WORKER)  # grammars are walked in it, by native recursion
 
     def submit(
@@ -276,8 +276,11 @@ class Worker:
     def _step(self) -> None:
         """Plans and computes a step. Counts before it publishes: a client that has seen an end finds the slot free."""
         updates = [update for message in self._take_inbox() for update in message()]
-        while (until := self._scheduler.anticipation.until(now := time.monotonic())) > now and not self._stopping:
-            updates += [update for message in self._take_inbox(until - now) for update in message()]
+        now = time.monotonic()
+        of = self._scheduler
+        while of.has_work and not self._stopping and (pause := of.anticipation.until(now) - now) > 0:
+            updates += [update for message in self._take_inbox(pause) for update in message()]
+            now = time.monotonic()
         updates += self._scheduler.expire(now)
         step = self._scheduler.plan(now)
         if step is None:
@@ -382,19 +385,7 @@ class Worker:
             self._trace.updated(updates, now)
 
     def _hand_over(self, updates: list[Update]) -> None:
-        """One wake-up of the event loop, however many sequences gained something. Where the loop has been closed, as at
-        the end of an `asyncio.run` that closed no model, nobody waits any more, and the thread ends."""
-        if not updates:
-            return
-        try:
-            self._loop.call_soon_threadsafe(_deliver, updates)
-        except RuntimeError:
-            if not self._loop.is_closed():
-                raise
+        """Where nobody waits any more, the thread ends."""
+        if updates and not self._outbox.put(updates):
             with self._inbox_changed:
                 self._stopping = True
-
-
-def _deliver(updates: list[Update]) -> None:
-    for sequence, delta in updates:
-        sequence.client.outbox.put(sequence.client.index, delta)

@@ -71,6 +71,9 @@ class RaggedBatch:
     # several may have the same one. Its own: nothing is copied. Empty: all are their own.
     sources: Sequence[int] = ()
     watched: Sequence[int] = ()  # W tokens, rising, whose neurons `forward` is to show
+    # Batches with the same number, if that is not 0, have one token of each sequence and the same slots, and differ in
+    # `tokens` and `positions` only.
+    steady: int = 0
 
 
 @dataclass(frozen=True, slots=True)

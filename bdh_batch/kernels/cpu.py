@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from bdh_batch.kernels.cpu_layout import (
     MAX_TOKENS,
     PANEL,
     Columns,
+    Flags,
     Floats,
     Longs,
     Packed,
@@ -59,6 +60,8 @@ class CpuKernels:
         self._threads = min(torch.get_num_threads(), vector.most_threads())
         self._work = allocate(MAX_TOKENS, self._shape)
         self._scratch = allocate_scratch(self._threads, self._shape)
+        self._hidden = torch.from_numpy(self._work.x).view(-1, self._shape.pitch)[:, : self._shape.width]
+        self._steady, self._kept = 0, list[Cut]()  # the cuts of the last batch, by its `steady`
         self._step_threads: dict[np.dtype[Any], StepThreads] = {}  # by the dtype of states, of which an engine has one
         self._process = os.getpid()
 
@@ -66,20 +69,23 @@ class CpuKernels:
         self, states: Tensor, batch: RaggedBatch, active: Tensor | None = None, fired: Tensor | None = None
     ) -> Tensor:
         self._scratch.active.fill(0)
-        hidden = torch.empty(len(batch.tokens), self._shape.width)
-        flat = flatten(states)
+        flat, cuts = flatten(states), self._cuts(batch)
         step_threads = self._threads_for(flat.dtype)
-        start = 0
-        for part in rounds(batch, self._threads, self._shape.heads, fired):
+        found = []
+        for part in rounds(batch, cuts, fired):
             step_threads.compute(part, flat)
-            end = start + len(part.tokens)
-            read = torch.from_numpy(self._work.x).view(-1, self._shape.pitch)
-            hidden[start:end] = read[: end - start, : self._shape.width]
-            start = end
+            found.append(self._hidden[: len(part.tokens)].clone())
+        hidden = found[0] if len(found) == 1 else torch.cat(found)
         if active is not None:
             each = len(batch.tokens) * self._shape.heads * self._shape.neurons
             active.copy_(torch.from_numpy(self._scratch.active.sum(axis=0)[: len(active)] / each))
         return hidden
+
+    def _cuts(self, batch: RaggedBatch) -> list[Cut]:
+        """Those of `batch`, which are kept for the next ones that are as steady."""
+        if batch.steady != self._steady or not batch.steady:
+            self._steady, self._kept = batch.steady, cut(batch, self._threads, self._shape.heads)
+        return self._kept
 
     def _threads_for(self, dtype: np.dtype[Any]) -> StepThreads:
         if self._process != os.getpid():  # a fork, which has none of the threads
@@ -143,24 +149,45 @@ class StepThreads:
         self._lead()
 
 
-def rounds(batch: RaggedBatch, threads: int, heads: int, fired: Tensor | None = None) -> Iterator[Round]:
+class Cut(NamedTuple):
+    """What a round has beside its tokens: they are those of the batch from `start` to `end` − 1. See `Round`."""
+
+    start: int
+    end: int
+    bounds: Longs
+    slots: Longs
+    sources: Longs
+    frozen: Flags
+    groups: Longs
+
+
+def cut(batch: RaggedBatch, threads: int, heads: int) -> list[Cut]:
     """Cuts a batch in rounds, and those in groups. Neither changes any token's result."""
-    tokens, positions = batch.tokens.contiguous().numpy(), batch.positions.contiguous().numpy()  # helpers get addresses
     bounds, slots = np.array(batch.bounds, np.int64), np.array(batch.slots, np.int64)
     sources = np.array(batch.sources, np.int64) if batch.sources else slots
     frozen = np.array(batch.frozen, np.bool_) if batch.frozen else np.zeros(len(slots), np.bool_)
-    vectors = NO_FLOATS if batch.vectors is None else batch.vectors.contiguous().view(-1).numpy()
-    for start in range(0, len(tokens), MAX_TOKENS):
-        end = min(start + MAX_TOKENS, len(tokens))
+    cuts = []
+    for start in range(0, len(batch.tokens), MAX_TOKENS):
+        end = min(start + MAX_TOKENS, len(batch.tokens))
         first = np.searchsorted(bounds, start, side="right") - 1
         last = np.searchsorted(bounds, end, side="left")
-        cut = bounds[first : last + 1].clip(start, end) - start
-        work = work_of(cut)
+        within = bounds[first : last + 1].clip(start, end) - start
         begun = np.where(bounds[:-1] < start, slots, sources)  # what a round has begun, the next ones go on with
-        groups = group(work, max(threads, threads * PIECES_PER_THREAD // heads) if threads > 1 else 1)
+        most = max(threads, threads * PIECES_PER_THREAD // heads) if threads > 1 else 1
+        groups = group(work_of(within), most)
+        cuts.append(Cut(start, end, within, slots[first:last], begun[first:last], frozen[first:last], groups))
+    return cuts
+
+
+def rounds(batch: RaggedBatch, cuts: Sequence[Cut], fired: Tensor | None = None) -> Iterator[Round]:
+    """The rounds of a batch that `cut` has cut so, or one that is as steady."""
+    tokens, positions = batch.tokens.contiguous().numpy(), batch.positions.contiguous().numpy()  # helpers get addresses
+    vectors = NO_FLOATS if batch.vectors is None else batch.vectors.contiguous().view(-1).numpy()
+    for each in cuts:
+        own, watched = slice(each.start, each.end), watched_in(each.start, each.end, batch, fired)
         yield Round(
-            tokens[start:end], positions[start:end], cut, slots[first:last], begun[first:last], frozen[first:last],
-            groups, vectors, *watched_in(start, end, batch, fired),
+            tokens[own], positions[own], each.bounds, each.slots, each.sources, each.frozen, each.groups, vectors,
+            *watched,
         )  # fmt: skip
 
 

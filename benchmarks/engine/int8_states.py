@@ -191,7 +191,8 @@ def narrow_loss(model: Model, window: int, rounding: int, tokens: Tensor, bar: t
     states = narrow_states(len(tokens), shape, rounding, threads)
     losses = torch.zeros(tokens.shape[1] - 1)
     for position in range(len(losses)):
-        (part,) = cpu.rounds(one_token_each(tokens[:, position].contiguous(), position), 1, 1)
+        batch = one_token_each(tokens[:, position].contiguous(), position)
+        (part,) = cpu.rounds(batch, cpu.cut(batch, 1, 1))
         step(part, shape, kernels._packed, states, rounding, work, kernels._scratch, threads)
         hidden = torch.from_numpy(work.x).view(-1, shape.pitch)[: len(tokens), : shape.width]
         losses[position] = F.cross_entropy(kernels.logits(hidden), tokens[:, position + 1])

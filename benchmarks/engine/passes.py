@@ -101,7 +101,7 @@ def fill_lists(kernels: CpuKernels, text: Tensor, begun: int) -> None:
     for begin, end in ((0, begun), (begun, len(text))):
         batch = RaggedBatch(text[begin:end], torch.arange(begin, end), [0, end - begin], [0])
         kernels.forward(states, batch)
-    (part,) = cpu.rounds(batch, 1, 1)
+    (part,) = cpu.rounds(batch, cpu.cut(batch, 1, 1))
     expand_all(part, shape, kernels._packed, kernels._work, kernels._scratch, 1)
     for array in kernels._scratch:
         array[1:] = array[:1]
@@ -110,7 +110,7 @@ def fill_lists(kernels: CpuKernels, text: Tensor, begun: int) -> None:
 def pass_variants(kernels: CpuKernels, states: dict[str, Tensor], batch: RaggedBatch) -> dict[str, Callable[[], None]]:
     """Each pass of a decode step by itself; the scratch buffers are as the pass before left them."""
     flat = {name: cpu.flatten(each) for name, each in states.items()}
-    (part,) = cpu.rounds(batch, 1, 1)
+    (part,) = cpu.rounds(batch, cpu.cut(batch, 1, 1))
     shape, packed, work, scratches = kernels._shape, kernels._packed, kernels._work, kernels._scratch
     threads = kernels._threads
     return {

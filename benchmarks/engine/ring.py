@@ -173,7 +173,8 @@ class Bench:
 
     def measure(self, batch: int, sizes: list[int], repeats: int) -> list[dict[str, Any]]:
         shape, work, scratches, threads = self._shape, self._work, self._scratches, self._threads
-        (part,) = cpu.rounds(one_token_each(self._text[:batch], BEGUN), 1, 1)
+        one = one_token_each(self._text[:batch], BEGUN)
+        (part,) = cpu.rounds(one, cpu.cut(one, 1, 1))
         flat = cpu.flatten(torch.zeros(batch, shape.layers, shape.heads, shape.neurons, shape.width))
         steps = max(1, LISTS // batch)  # of one variant in each timed run
         variants: dict[str, Callable[[], object]] = {

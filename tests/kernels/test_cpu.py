@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -192,6 +193,18 @@ def test_a_broken_state_shows_and_stays_with_its_sequence(width: int) -> None:
     assert torch.equal(states[[0, 2]], right_states[[0, 2]])
 
 
+def test_steady_batches_give_what_others_give() -> None:
+    """How one is cut is kept for the next, until another number comes, or none."""
+    weights = synthetic_weights(model(2, 2, 17, 34, 40), 0.5)
+    kernels, states, wanted = CpuKernels(weights), states_for(weights, 6), states_for(weights, 6)
+    for position, (number, slots) in enumerate([(1, [0, 1]), (1, [0, 1]), (0, [2]), (1, [0, 1]), (2, [3, 4, 5])]):
+        tokens, positions = torch.arange(len(slots)) + position, torch.full((len(slots),), position)
+        batch = RaggedBatch(tokens, positions, [*range(len(slots) + 1)], slots)
+        plain = kernels.forward(wanted, batch)
+        assert torch.equal(kernels.forward(states, replace(batch, steady=number)), plain)
+    assert torch.equal(states, wanted)
+
+
 def test_other_slots_are_left_alone() -> None:
     weights = synthetic_weights(model(2, 2, 17, 34, 40), 0.5)
     states = states_for(weights, 3)
@@ -226,7 +239,7 @@ def test_groups_hold_every_segment_once_and_the_largest_come_first() -> None:
 def test_lone_tokens_are_more_work_than_those_of_a_prompt() -> None:
     """Two threads share 63 sequences that decode and a prompt of 64 tokens: who has the prompt gets some of the 63."""
     batch = RaggedBatch(torch.zeros(127, dtype=torch.long), torch.arange(127), [*range(64), 127], list(range(64)))
-    (part,) = cpu.rounds(batch, threads=2, heads=4)
+    (part,) = cpu.rounds(batch, cpu.cut(batch, threads=2, heads=4))
     alone, *shared = [part.bounds[last] - part.bounds[first] for first, last in part.groups]
     assert 40 <= alone <= 50
     assert sum(shared) == 127 - alone
