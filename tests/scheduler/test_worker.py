@@ -14,7 +14,7 @@ from bdh_batch.engine.mailbox import BACKLOG, Mailbox
 from bdh_batch.engine.runner import Runner
 from bdh_batch.engine.state_pool import StatePool
 from bdh_batch.engine.worker import Worker
-from bdh_batch.errors import InvalidRequest, OutOfMemory, QueueFull, Unavailable
+from bdh_batch.errors import GenerationFailed, InvalidRequest, OutOfMemory, QueueFull, Unavailable
 from bdh_batch.kernels.torch_reference import TorchKernels
 from bdh_batch.messages import Delta, FinishReason, Outcome, Plan, SamplingParams
 from bdh_batch.scheduler.policy import Policy
@@ -293,6 +293,19 @@ class Held:
     def arrived(self, tenant: str, now: float) -> None:
         if tenant == self.awaited:
             self.awaited = None
+
+
+async def test_ends_are_told_though_a_plan_waits_for_a_tenant(gated: tuple[Worker, GatedRunner]) -> None:
+    worker, runner = gated
+    worker._scheduler.anticipation = held = Held()  # type: ignore[assignment]
+    outbox = FakeOutbox()
+    worker.submit([make_sequence([1], 100, outbox=outbox)])
+    await asyncio.to_thread(runner.entered.acquire)
+    held.awaited = "lone"
+    runner.may_run.release()
+    await until(lambda: len(outbox.tokens) == 1)
+    worker.fail_all(GenerationFailed("the engine is unloaded"))
+    await until(lambda: outbox.deltas[-1].finish_reason is FinishReason.ERROR)
 
 
 async def test_a_plan_waits_for_a_tenant_and_takes_in_what_comes_meanwhile(gated: tuple[Worker, GatedRunner]) -> None:
