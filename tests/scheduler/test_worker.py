@@ -327,5 +327,6 @@ async def test_a_plan_waits_for_a_tenant_and_takes_in_what_comes_meanwhile(gated
     runner.may_run.release()
     await until(lambda: lone.finish_reason is FinishReason.LENGTH)
     assert len(others[1].generated) == 2, "it was in the step that followed"
-    worker.close()  # at once, though a plan waits
+    runner.may_run.release()
+    worker.close()  # after one step more, though a plan waits
     await until(lambda: others[1].finish_reason is not None)
