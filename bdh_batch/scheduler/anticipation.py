@@ -64,4 +64,5 @@ class Anticipation:
 
     def _stop(self, now: float, most: float) -> None:
         self._awaited = None
-        self._not_before = now + (now - self._began) / most
+        waited = max(0.0, min(now, self._until) - self._began)  # the engine may have been idle since
+        self._not_before = now + waited / most

@@ -102,6 +102,17 @@ def test_the_next_plan_waits_for_the_tenant_that_would_go_first_and_for_no_other
     assert not steps.end(steps.ask("lone", 2, priority=1)), "an earlier priority runs"
 
 
+def test_time_in_which_nothing_ran_was_not_waited() -> None:
+    anticipation = Anticipation(PART)
+    _, now = come_and_go(anticipation, delay=0.25, now=0.0)
+    anticipation.left("lone", True, STEP, now)
+    anticipation.arrived("lone", now + 3600.0)
+    anticipation.left("lone", True, STEP, now + 3600.0)
+    anticipation.arrived("lone", now + 3600.5)
+    now += 3600.5 + PART * STEP / MOST
+    assert come_and_go(anticipation, delay=0.25, now=now)[0] == 0.25
+
+
 def test_nobody_is_waited_for_where_nothing_runs_or_it_is_off() -> None:
     idle, off = Steps(), Steps(part=0.0)
     off.ask("flood", 1000)

@@ -5,6 +5,7 @@ That turn then finds its state as it would have without a restart: in the prefix
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from array import array
 from collections.abc import Mapping
@@ -24,6 +25,7 @@ from bdh_batch.store.sealing import SealingFailed
 log = logging.getLogger(__name__)
 
 MOST = 256  # states whose records are looked at
+SECONDS = 300.0  # after a start; later, others are those used last
 TENANT = ""  # whose the work is that is done aside: nobody's
 
 Models = Mapping[str, WarmedBackend]  # by their revisions
@@ -38,11 +40,14 @@ async def warm(serving: Serving) -> None:
     if not (models and store.is_local):
         return
     try:
-        for id, owner in await store.latest(KIND, MOST):
-            how = await _warm(serving, models, id, owner)
-            cached += how == "cached"
-            if how == "no room":
-                break
+        async with asyncio.timeout(SECONDS):
+            for id, owner in await store.latest(KIND, MOST):
+                how = await _warm(serving, models, id, owner)
+                cached += how == "cached"
+                if how == "no room":
+                    break
+    except TimeoutError:
+        log.info("no more states are read in advance: the engine has been at work since the start")
     except StoreFailed:  # which was counted; requests read what they need
         log.warning("no more states of responses are read in advance: the store has failed")
     if cached:
