@@ -28,7 +28,13 @@ TEMPLATE = (
 BRIEF = "/set temperature 0\n/set max_tokens 6\n"
 
 # Becomes a command whose terminal is that of its input, from where Ctrl-C comes.
-AT_TERMINAL = "import os, sys; os.close(os.open(os.ttyname(0), os.O_RDWR)); os.execv(sys.argv[1], sys.argv[1:])"
+# What a shell in the background ignores, the terminal's does not.
+AT_TERMINAL = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+os.close(os.open(os.ttyname(0), os.O_RDWR))
+os.execv(sys.argv[1], sys.argv[1:])
+"""
 
 Typed = Callable[..., tuple[int, str, str]]
 
