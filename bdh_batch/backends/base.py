@@ -108,7 +108,7 @@ class SharedBackend(Protocol):
 
 @runtime_checkable
 class WarmedBackend(Protocol):
-    """What a backend has besides whose only engine is in this process: states in files can be read in advance."""
+    """What a backend has besides if its only engine is in this process: it can read states from files in advance."""
 
     async def warm(self, state: SavedState, tokens: bytes, cache_namespace: str, salt: str) -> Warmed:
         """Has a state read and cached when the engine has nothing else to do, and returns what has become of it. To be

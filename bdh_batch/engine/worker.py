@@ -161,8 +161,7 @@ class Worker:
 
     def abort(self, sequences: Many[Sequence]) -> None:
         """Ends `sequences` before the next plan."""
-        with self._inbox_changed:
-            self._post(partial(self._scheduler.abort, sequences))
+        self._post_from_thread(partial(self._scheduler.abort, sequences))
 
     def warm(self, state: SavedState, tokens: bytes, prefix: Prefix) -> Warm:
         """Has the state after packed `tokens` read, when the engine is idle, and cached as one of a request with
@@ -173,8 +172,7 @@ class Worker:
 
     def fail_all(self, error: BDHError) -> None:
         """Ends whatever waits or runs with an error."""
-        with self._inbox_changed:
-            self._post(partial(self._scheduler.fail_all, error))
+        self._post_from_thread(partial(self._scheduler.fail_all, error))
 
     def close(self) -> None:
         """Stops the thread after its present step, if that ends in reasonable time. Idempotent."""
@@ -276,8 +274,7 @@ class Worker:
     def _step(self) -> None:
         """Plans and computes a step. Counts before it publishes: a client that has seen an end finds the slot free."""
         updates = [update for message in self._take_inbox() for update in message()]
-        now = time.monotonic()
-        of = self._scheduler
+        of, now = self._scheduler, time.monotonic()
         while of.has_work and not self._stopping and (pause := of.anticipation.until(now) - now) > 0:
             updates += [update for message in self._take_inbox(pause) for update in message()]
             now = time.monotonic()

@@ -20,7 +20,7 @@ from bdh_batch.scheduler.deadlines import Deadlines
 from bdh_batch.scheduler.file_states import FileStates
 from bdh_batch.scheduler.policy import Counts, Policy
 from bdh_batch.scheduler.preemption import Preemption
-from bdh_batch.scheduler.rank import rank, tenant_rank
+from bdh_batch.scheduler.rank import Rank, rank, tenant_rank
 from bdh_batch.scheduler.sequence import WAITING, QueueKey, Sequence, Stage
 from bdh_batch.scheduler.sharing import Sharing
 from bdh_batch.scheduler.slot_allocator import SlotAllocator
@@ -34,6 +34,7 @@ Update = tuple[Sequence, Delta]
 AGE = 256  # sequences that age in one plan: a crowd that does would hold up the step
 PREFIX_WAITERS = 128  # that one plan has wait for others: more would hold up the step
 OVERDUE = 8  # times what a prompt takes alone, after which it is due
+NOBODY: Rank = (-inf,)  # before it goes no rank
 PROMPT_TOKEN = 2e-4  # seconds of one, as long as that is not known
 
 
@@ -161,9 +162,11 @@ class Scheduler:
         self._batches.computed(step, now - step.planned)
         self.files.save(ended)
         self._end(sequence for sequence, _ in ended)
+        leading = self._leading_rank() if ended else NOBODY
         for sequence in {each.tenant: each for each, _ in ended}.values():
             if not (sequence.standing.account.waiting or sequence.standing.account.slots):
-                self.anticipation.left(sequence.tenant, self._would_be_first(sequence), now - step.planned, now)
+                goes_first = tenant_rank(sequence, self._first) <= leading
+                self.anticipation.left(sequence.tenant, goes_first, now - step.planned, now)
         return ended + others
 
     def loaded(self, load: Load, error: str | None) -> list[Update]:
@@ -255,10 +258,9 @@ class Scheduler:
 
     # Which sequences have ended
 
-    def _would_be_first(self, ended: Sequence) -> bool:
-        """Whether some run, and one more like `ended` would go before all of them."""
-        heads, own = self.running.heads(), tenant_rank(ended, self._first)
-        return bool(heads) and all(own <= tenant_rank(head, self._first) for head in heads)
+    def _leading_rank(self) -> Rank:
+        """The first of the tenants' ranks of those that run; where none do, nobody goes before it."""
+        return min((tenant_rank(head, self._first) for head in self.running.heads()), default=NOBODY)
 
     def _end(self, ended: Iterable[Sequence]) -> None:
         """Takes out those that have ended; the state of a complete response may stay as a prefix for others."""

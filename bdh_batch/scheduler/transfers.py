@@ -116,8 +116,8 @@ class Transfers:
         return taken
 
     def take_spare(self) -> int | None:
-        """Returns a slot for a state that nobody waits for, if one is free. It is none of those that `take_loads` may
-        fill: whoever needs one gets it."""
+        """Returns a slot for a state that nobody waits for, if one is free. It does not count as one of those that
+        `take_loads` may fill."""
         return self._take()
 
     def end_load(self, load: Load) -> None:

@@ -114,7 +114,7 @@ class Store:
         return await self._query("read", self._database.latest, kind, most, self._clock())
 
     async def peek(self, kind: str, id: str, owner: str) -> Record | None:
-        """As `get`, but for nobody: it does not count as a use."""
+        """As `get`, without counting as a use."""
         return await self._query("read", self._database.get, kind, id, owner, self._clock(), False)
 
     @property

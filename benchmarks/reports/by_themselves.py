@@ -60,7 +60,7 @@ def conversation(report: Report, link: str) -> Lines:
     yield ""
     turns = report["turns"]
     yield f"The first token of the first and of the last of {turns} turns over `/v1/responses`, as its client gets it:"
-    yield "in the server that has computed the turn before, and after its restart:"
+    yield "in the server that has computed the turn before, and after its restart, once the states used last are read:"
     yield ""
     rows = []
     for found in report["by_length"]:

@@ -67,7 +67,7 @@ def test_it_stops_looking_when_nothing_has_come_and_is_woken_again() -> None:
 
 
 @pytest.mark.parametrize("looks", [False, True])
-def test_it_is_told_when_the_loop_is_closed(looks: bool) -> None:
+def test_it_reports_that_the_loop_is_closed(looks: bool) -> None:
     loop, _outbox, put = handing()
     if looks:
         put("a")

@@ -295,7 +295,7 @@ class Held:
             self.awaited = None
 
 
-async def test_ends_are_told_though_a_plan_waits_for_a_tenant(gated: tuple[Worker, GatedRunner]) -> None:
+async def test_ends_are_published_though_a_plan_waits_for_a_tenant(gated: tuple[Worker, GatedRunner]) -> None:
     worker, runner = gated
     worker._scheduler.anticipation = held = Held()  # type: ignore[assignment]
     outbox = FakeOutbox()

@@ -71,7 +71,7 @@ async def _warm(serving: Serving, models: Models, id: str, owner: str) -> Warmed
     if backend is None or known.prefix_salt is None or (file := await store.state_file(record)) is None:
         return None
     try:
-        tokens = array("i", known.tokens[: known.read]).tobytes()
+        tokens = record.tokens[: array("i").itemsize * known.read]
         how = await backend.warm(SavedState(str(file.path), known.read), tokens, namespace, known.prefix_salt)
         if how == "unreadable":
             store.examine(str(file.path), problem_of)
