@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import os
 import pickletools
+import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -146,6 +147,11 @@ def _check_legacy(file: Path) -> None:
 
 
 def _check_pickle(stream: io.BytesIO, file: Path) -> None:
+    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # of strings with wrong escapes
+        _check_instructions(stream, file)
+
+
+def _check_instructions(stream: io.BytesIO, file: Path) -> None:
     tuples = 0
     for name, argument in _instructions(stream):
         if name == "GLOBAL" and argument.rpartition(" ")[2] in MATERIALIZE:

@@ -314,6 +314,11 @@ def test_no_code_in_a_file_is_run(tmp_path: Path) -> None:
     assert not (tmp_path / "owned").exists()
 
 
+def test_a_string_with_an_escape_that_is_none_is_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "model.pt").write_bytes(b"S'\\K'\n." * 5)
+    refusal(tmp_path / "model.pt")
+
+
 def outcome(path: Path) -> str:
     try:
         load_model(path, torch.float32, CPU)
